@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,17 +52,14 @@ def rate(precision: str, device: str) -> float:
 
 
 KINDS = {
-    "convolution": "convolutions",
-    "batch_norm": "normalisation",
-    "threshold": "ReLU",
-    "clamp": "ReLU",
-    "relu": "ReLU",
-    "add": "sums and the optimizer",
-    "mul": "sums and the optimizer",
-    "lerp": "sums and the optimizer",
-    "copy": "copies and zeros",
-    "fill": "copies and zeros",
+    "convolutions": r".*convolution(_backward)?",
+    "normalisation": r".*batch_norm(_backward|_stats)?",
+    "ReLU": r"relu|threshold(_backward)?|clamp(_min)?",
+    "matrix products": r"mm|bmm|addmm|baddbmm|matmul|linear",
+    "sums and the optimizer": r"(_foreach_)?(add|mul|lerp|sum|div)",
+    "copies and zeros": r"copy|fill|zero|zeros|clone|to|_to_copy",
 }
+"""Regular expressions of torch's operations, without their namespace and the trailing underscore."""
 
 
 def shares(run: Callable[[], object]) -> dict[str, float]:
@@ -70,5 +68,7 @@ def shares(run: Callable[[], object]) -> dict[str, float]:
         run()
     spent: Counter[str] = Counter()
     for event in record.key_averages():
-        spent[next((kind for word, kind in KINDS.items() if word in event.key), "others")] += event.self_cpu_time_total
+        name = event.key.removeprefix("aten::").rstrip("_")
+        kind = next((kind for kind, names in KINDS.items() if re.fullmatch(names, name)), "others")
+        spent[kind] += event.self_cpu_time_total
     return {kind: time / spent.total() for kind, time in spent.most_common()}

@@ -27,6 +27,7 @@ from benchmarks.nets import LR, MOMENTUM, make_base
 RHO = 0.05
 LOOP = "plain per-tensor loop"
 COUNTED = (LOOP, "pytorch_optimizer")  # those that run without values, on the meta device
+OWN_BASE = ("torchzero", "heavyball")  # those that step with a base of their own, which has one implementation
 FILES = {"davda54": "davda54/sam, sam.py", "composer": "mosaicml/composer, composer/algorithms/sam/sam.py"}
 Build = Callable[[nn.Module, str], "Peer"]
 
@@ -192,20 +193,22 @@ def _load(name: str, path: Path) -> types.ModuleType:
     return module
 
 
-def found(files: Mapping[str, Path] | None = None) -> dict[str, Build]:
-    """Implementations that can be run here: label -> builder for (model, kind of base)."""
+def found(files: Mapping[str, Path] | None = None, base: str = "default") -> dict[str, Build]:
+    """Implementations that can be run here with this kind of base: label -> builder for (model, kind of base)."""
     builders: dict[str, Build] = {LOOP: _plain}
     for name, build in PACKAGES.items():
-        if importlib.util.find_spec(name):
+        if importlib.util.find_spec(name) and (base == "default" or name not in OWN_BASE):
             builders[f"{name} {version(name)}"] = build
     for name, path in (files or {}).items():
         builders[f"{name}'s file"] = _OF_FILES[name](_load(name, path))
     return builders
 
 
-def missing(files: Mapping[str, Path] | None = None) -> list[str]:
-    """Notes on the implementations that would be compared if they were here."""
+def missing(files: Mapping[str, Path] | None = None, base: str = "default") -> list[str]:
+    """Notes on the implementations that are not compared, and why."""
     notes = [f"{name}: not installed." for name in PACKAGES if not importlib.util.find_spec(name)]
+    if base != "default":
+        notes += [f"{name}: steps with a base of its own; see it with --base default." for name in OWN_BASE]
     return notes + [
         f"{what}: no copy given (--peer-file {n}=FILE)." for n, what in FILES.items() if n not in (files or {})
     ]

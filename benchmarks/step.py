@@ -50,7 +50,7 @@ def makers(setting: Setting, methods: list[str], files: Files = None) -> dict[st
         if method == "sam":
             loops["sam, nonfinite=propagate"] = lambda: ours(setting, "sam", "propagate")
             loops["sam, without model="] = lambda: ours(setting, "sam", model_handling=False)
-    for label, build in peers.found(files).items():
+    for label, build in peers.found(files, setting.base).items():
         loops[label] = lambda b=build: other(setting, b)
     return loops
 
@@ -159,9 +159,11 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
         rounds = options.rounds or (8 if gpu else DEFAULT_NETS.get(name, 8))
         repeats = options.repeats or (5 if gpu else 2)
         judge(setting, sample(setting, options.methods or list(METHODS), rounds, repeats, files=files), result)
-    result.notes += peers.missing(files)
-    if peers_jax.installed() and "mlp200" in nets and not gpu:
+    result.notes += peers.missing(files, options.base)
+    if "mlp200" in nets and not gpu and peers_jax.installed():
         result.tables.append(peers_jax.measure(options.rounds or DEFAULT_NETS["mlp200"]))
+    elif "mlp200" in nets and not gpu:
+        result.notes.append("optax: not installed.")
     return result
 
 

@@ -336,7 +336,7 @@ def report(
     headers = ("setting", "SGD images/s", "s", "SAM images/s", "s", "SAM over SGD [IQR]", "SGD over itself", "start, s")
     table = Table(first, [*headers, *(["peak MiB"] if gpu else [])])
     against = next((r for r in ready if r.kind.name.startswith("original") and r.samples), None)
-    beside = next((r for r in ready if r.kind.name.startswith(over) and r.samples), None)
+    beside = next((r for r in ready if r.kind.name == over and r.samples), None)
     more = Table(
         f"{net}: the same update beside plain float32, share of the product's peak, and speed over that of '{over}'",
         ("setting", "SGD differs", "cosine", "SAM differs", "cosine", "SGD of peak", "SAM of peak", "SGD x", "SAM x"),
@@ -366,6 +366,10 @@ def report(
             "windows": running.samples,
         }
     result.tables += [table, more]
+    if beside is None:
+        result.notes.append(f"No speed is over that of '{over}', which was not measured.")
+    if any("compile" in r.kind.name for r in ready) and not gpu:
+        result.notes.append("Compiled settings are built once, all others anew in every round.")
     if above:
         result.notes.append("A share above 100 %: the device's library has faster convolutions than products.")
     mine = [r for r in ready if r.kind.ours and r.samples]
@@ -460,7 +464,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="default: 128; with --quick 32 in epoch")
     parser.add_argument("--arms", nargs="+", metavar="WORD", help="only settings whose name has one of the words")
     parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes")
-    parser.add_argument("--over", default="original", metavar="NAME", help="setting that speeds are multiples of")
+    parser.add_argument(
+        "--over", default="original", metavar="NAME", help="setting that speeds are multiples of, or its beginning"
+    )
     parser.add_argument("--rounds", type=int, help="samples of each setting, at least 2 (default 5; --quick 4)")
     parser.add_argument("--window", type=float, help="seconds of a window of SGD (default 0.4; CPU 1, --quick 0.5)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="leave out what does not fit into so many")
@@ -480,6 +486,7 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
     options.rounds = options.rounds or (4 if options.quick else 5)
     options.window = options.window or (0.4 if gpu else 0.5 if options.quick else 1.0)
     options.whole = (4 if gpu else 0) if options.whole is None else options.whole
+    options.over = _named(options.over, [kind.name for kind in kinds(options.device)])
     result = BenchmarkResult(
         "train",
         settings={
@@ -502,6 +509,14 @@ def run(options: argparse.Namespace) -> BenchmarkResult:
                 traceback.print_exc()
                 result.gates.append(Gate(part, _first_line(error), "runs", False))
     return result
+
+
+def _named(over: str, names: Sequence[str]) -> str:
+    """The setting of this name, or the first whose name begins so."""
+    found = [name for name in names if name.startswith(over)]
+    if not found:
+        raise SystemExit(f"--over {over!r} is none of the settings: {'; '.join(names)}.")
+    return over if over in found else found[0]
 
 
 PARTS = {"pipeline": pipeline, "whole": whole, "epoch": epochs, "profile": profiled}

@@ -211,10 +211,11 @@ def test_a_run_leaves_tables_and_samples(tmp_path, capsys):
 
 
 def test_shares_of_the_time_sum_to_one_and_name_what_ran():
-    conv, x = nn.Conv2d(8, 8, 3), torch.randn(4, 8, 16, 16)
-    shares = peak.shares(lambda: [conv(x).relu().sum().backward() for _ in range(10)])
+    conv, head, x = nn.Conv2d(8, 8, 3), nn.Linear(14, 3), torch.randn(4, 8, 16, 16)
+    shares = peak.shares(lambda: head(conv(x).relu()).square().backward(torch.ones(4, 8, 14, 3)))
     assert sum(shares.values()) == pytest.approx(1.0)
-    assert shares["convolutions"] > shares["ReLU"] > 0.0
+    assert min(shares[kind] for kind in ("convolutions", "ReLU", "matrix products", "copies and zeros")) > 0.0
+    assert "normalisation" not in shares
 
 
 def test_a_part_that_fails_leaves_the_others(monkeypatch, capsys):
@@ -226,6 +227,7 @@ def test_a_part_that_fails_leaves_the_others(monkeypatch, capsys):
     monkeypatch.setattr(agreement, "gates", lambda net, device: [])
     options = Namespace(
         seconds=1.0,
+        over="plain, bf16",
         device="cpu",
         quick=True,
         net=NET,
@@ -235,6 +237,8 @@ def test_a_part_that_fails_leaves_the_others(monkeypatch, capsys):
         whole=None,
         samples=64,
     )
+    with pytest.raises(SystemExit, match=r"--over 'plain bf16' is none of the settings: flatmin, float32; .*original"):
+        train.run(Namespace(**{**vars(options), "over": "plain bf16"}, parts=["epoch"]))
     result = train.run(Namespace(**vars(options), parts=["pipeline", "epoch"]))
     assert result.gates == [Gate("pipeline", "RuntimeError: planted", "runs", False)]
     assert result.notes == ["ran"]

@@ -744,15 +744,16 @@ class SAM(Optimizer):
                 loss.backward()
                 return loss
 
-        Only in the descent pass of a method that chooses samples (`esam`) does it do anything: it calls `compute`
-        without gradients, and returns the positions of the chosen samples. In all other passes, and with all other
-        methods, it returns a slice of the whole batch without calling `compute`. Works with `step(closure)` and
-        `passes()`.
+        It acts only in the descent pass of a method that chooses samples (`esam`): it calls `compute` without
+        gradients, and returns the positions of the chosen samples. In all other passes, and with all other methods, it
+        returns a slice of the whole batch without calling `compute`. Works with `step(closure)` and `passes()`.
 
         With `esam` and gamma = 1/2 a step then costs about 1.8 gradients in place of 2: one at w, a forward of the
         whole batch at w + eps, and a gradient of its half. BatchNorm normalises the chosen samples by their own
-        statistics, and dropout masks differ from those at w, as in the official code. A loop that does not call it
-        runs the whole batch at w + eps, and the criterion applies the same choice to the outputs.
+        statistics, and dropout masks differ from those at w, as in the official code; what is drawn after the loss of
+        the chosen samples is drawn as in the pass at w. Inside `torch.autocast`, its cache of weights is cleared. A
+        loop that does not call it runs the whole batch at w + eps, and the criterion applies the same choice to the
+        outputs.
 
         Args:
             compute: runs the network and the optimizer's criterion once, on the whole batch.
