@@ -270,12 +270,15 @@ class Criterion(nn.Module):
 
     def _of_chosen(self, choice: _Choice, outputs: Any, target: Any) -> Tensor:
         """The loss of a call that gets the chosen samples only."""
-        for x in () if choice.index is None else tree_leaves((outputs, target)):
-            if isinstance(x, Tensor) and (x.ndim == 0 or len(x) != len(choice.index)):
+        if choice.index is None:
+            return self.loss(outputs, target)
+        expected = len(choice.index)
+        for x in tree_leaves((outputs, target)):
+            if isinstance(x, Tensor) and (x.ndim == 0 or len(x) != expected):
                 raise ValueError(
-                    f"select_samples() has chosen {len(choice.index)} of {choice.count} samples, so outputs and "
-                    f"targets must have {len(choice.index)} entries in dimension 0; got a tensor of shape "
-                    f"{tuple(x.shape)}. Run the network on x[chosen] and compare it with y[chosen]."
+                    f"select_samples() has chosen {expected} of {choice.count} samples, so outputs and targets must "
+                    f"have {expected} entries in dimension 0; got a tensor of shape {tuple(x.shape)}. Run the network "
+                    "on x[chosen] and compare it with y[chosen]."
                 )
         return self.loss(outputs, target)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.methods import Need, Recipe, compose, current_word
+from flatmin.methods import METHODS, Need, Recipe, compose, current_word
 from flatmin.methods import State as PartState
 from flatmin.optim.base_optimizer import check_rho
 from flatmin.optim.program import Generators, PassGradients, StepInputs, program
@@ -16,6 +16,11 @@ from flatmin.optim.support import Loop, refusal
 
 Params = Mapping[str, Tensor]
 FunctionalState = dict[str, Any]
+
+
+# torch.compile reads them, but can neither compose a recipe nor make a generator.
+_RECIPES = {name: compose(name) for name in METHODS}
+_UNUSED = Generators(0)  # for recipes that draw nothing
 
 
 class _Frozen:
@@ -76,12 +81,15 @@ def value_and_grad(
         ValueError: a bad rho, an unknown recipe, or a recipe with needs that a pure function cannot meet.
         RuntimeError: it is called inside `torch.vmap`.
     """
-    if _inside_vmap():
+    # Not a function of its own, which torch.compile would try to compile.
+    levels = () if torch.compiler.is_compiling() else torch._C._functorch.get_interpreter_stack() or ()
+    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
         raise RuntimeError(
             "value_and_grad cannot run inside torch.vmap, because operations on lists of tensors have no batching "
             "rule. Call it in a Python loop over the members, each with its own parameters; vmap inside loss_fn works."
         )
-    recipe = compose(recipe) if isinstance(recipe, str) else recipe
+    if isinstance(recipe, str):
+        recipe = _RECIPES[recipe] if recipe in _RECIPES else compose(recipe)
     if why := refusal(recipe, Loop.FUNCTIONAL):
         raise ValueError(f"{recipe.name} {why}.")
     for part in recipe.parts.values():
@@ -99,7 +107,8 @@ def value_and_grad(
     groups = [{"rho": check_rho(radius[n] if isinstance(radius, Mapping) else radius)} for n in names]
     old = {current_word(key): value for key, value in (state or {}).items()}
     step = int(old.get("step", 0))
-    inputs = StepInputs(weights, groups, [g["rho"] for g in groups], names, step, Generators(seed + step))
+    generator = Generators(seed + step) if recipe.is_random else _UNUSED
+    inputs = StepInputs(weights, groups, [g["rho"] for g in groups], names, step, generator)
     run = program(recipe, inputs, _Frozen(recipe, old, {id(w): n for w, n in zip(weights, names, strict=True)}), eps)
     loss: Tensor | None = None
     request = next(run)
@@ -108,14 +117,14 @@ def value_and_grad(
         if request.at is not None:
             for i, e in zip(request.at.index, request.at.tensors(), strict=True):
                 point[names[i]] = weights[i] + e
-        fn = ascent_fn if ascent_fn is not None and request.role == "ascent" else loss_fn
-        grads, value = torch.func.grad_and_value(fn)(point)
+        other = ascent_fn if request.role == "ascent" else None
+        grads, value = torch.func.grad_and_value(loss_fn if other is None else other)(point)
         if loss is None:
-            loss = loss_fn(point) if fn is not loss_fn else value
+            loss = value if other is None else loss_fn(point)
         try:
             request = run.send(PassGradients([grads[n] for n in names]))
         except StopIteration as stop:
-            outcome = stop.value
+            outcome = stop.args[0]
             break
     new = {k: dict(v) if isinstance(v, dict) else v for k, v in old.items()}
     new["step"] = step + 1
@@ -127,8 +136,3 @@ def value_and_grad(
             else:
                 new[key] = value
     return loss, dict(zip(names, outcome.update, strict=True)), new
-
-
-def _inside_vmap() -> bool:
-    stack = torch._C._functorch.get_interpreter_stack()
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack or ())

@@ -242,7 +242,7 @@ def _gather(grads: Gradients, index: Sequence[int]) -> tuple[Sequence[int], Tens
     if not all(map(operator.is_not, chosen, itertools.repeat(None))):  # `in` would compare tensors by value
         chosen = [g for g in chosen if g is not None]
         index = [i for i in index if grads[i] is not None]
-    if any(map(_IS_SPARSE, chosen)):
+    if any([g.is_sparse for g in chosen]):
         chosen = [g.to_dense() if g.is_sparse else g for g in chosen]
     return index, chosen
 
@@ -310,22 +310,25 @@ def program(
     def wants_graph() -> bool:
         return any(part.keeps_graph and part.graph(read(part, inputs.moved), moved) for part in (mask, direction))
 
-    def ascend(
-        at: Perturbation | None = None, chunk: int | None = None
-    ) -> Generator[GradientRequest, Gradients, Perturbation | None]:
+    def asked(at: Perturbation | None = None, chunk: int | None = None) -> GradientRequest | None:
+        """The request of the gradient that an ascent needs, if it needs one."""
+        if not direction.evaluates or pass_1 is not None:
+            return None
+        if at is None and direction.moves_start:
+            inputs.start = direction.start(read(direction, inputs.moved), moved)
+            at = Perturbation.of(inputs.moved, list(inputs.start), moved)
+        return GradientRequest("ascent", at, chunk, may_keep_graph and wants_graph())
+
+    def climbed(grads: Gradients | None) -> Perturbation | None:
+        """The perturbation from this gradient, if one was asked for; None: no weight is perturbed."""
         nonlocal at_w, pass_1
         owned = False
         shown: Gradients = []  # for the inner loop
         index: Sequence[int] = inputs.moved
         g: Tensors | None = None
-        if direction.evaluates:
-            if pass_1 is None:
-                if at is None and direction.moves_start:
-                    inputs.start = direction.start(read(direction, index), moved)
-                    at = Perturbation.of(index, list(inputs.start), moved)
-                grads = yield GradientRequest("ascent", at, chunk, may_keep_graph and wants_graph())
-            else:
-                grads, pass_1 = pass_1, None
+        if direction.evaluates and pass_1 is not None:
+            grads, pass_1 = pass_1, None
+        if grads is not None:
             if combine.uses_gradient and at_w is None:
                 at_w = grads
             if recipe.inner_loop.uses_gradient:
@@ -365,6 +368,12 @@ def program(
         owned = owned and not out.staged and len(t) == len(g or ()) and all(map(operator.is_, t, g or ()))
         return Perturbation(index, t, norm, size, reach, eps, owned, shown)
 
+    def ascend(
+        at: Perturbation | None = None, chunk: int | None = None
+    ) -> Generator[GradientRequest, Gradients, Perturbation | None]:
+        request = asked(at, chunk)
+        return climbed(None if request is None else (yield request))
+
     on: bool | None = bool(inputs.moved)
     if on and schedule.conditional:
         on = schedule.before(read(schedule, inputs.moved), moved)
@@ -389,7 +398,9 @@ def program(
 
     points: list[Gradients]
     if not (recipe.inner_loop.loops or combine.keeps_graph):
-        points = [(yield GradientRequest("descent", (yield from ascend())))]
+        # As `ascend`, but torch.compile sends nothing into a generator inside a generator.
+        first = asked()
+        points = [(yield GradientRequest("descent", climbed(None if first is None else (yield first))))]
     else:
         loop = recipe.inner_loop(ascend, read(recipe.inner_loop, inputs.moved), moved)
         try:

@@ -78,7 +78,7 @@ def buckets(tensors: Sequence[Tensor], *keys: Sequence[Any]) -> list[list[int]]:
 
 def uniform(tensors: Sequence[Tensor]) -> bool:
     """Whether all tensors can use one foreach call: equal dtypes and devices."""
-    return len(set(map(_DTYPE, tensors))) == 1 and len(set(map(_DEVICE, tensors))) == 1
+    return len({t.dtype for t in tensors}) == 1 and len({t.device for t in tensors}) == 1
 
 
 def copy_(into: Sequence[Tensor], source: Sequence[Tensor]) -> None:
@@ -137,7 +137,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
     Squares are summed in that precision, so entries above about 1e19 overflow to inf in float32.
     """
-    tensors = _pieces(tensors) if max(map(Tensor.numel, tensors), default=0) > _PIECE else list(tensors)
+    tensors = _pieces(tensors) if any([t.numel() > _PIECE for t in tensors]) else list(tensors)
     groups = [tensors] if uniform(tensors) else [[tensors[i] for i in b] for b in buckets(tensors)]
     parts: list[Tensor] = []
     for group in groups:
@@ -162,7 +162,7 @@ def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """The inner product sum_i <a_i, b_i> (real part), in float32 or better, on the first tensor's device."""
     both = [*a, *b]
-    if plain(both) and all(map(_ON_CPU, both)) and set(map(_DTYPE, both)) in ({torch.float32}, {torch.float64}):
+    if plain(both) and all([t.is_cpu for t in both]) and {t.dtype for t in both} in ({torch.float32}, {torch.float64}):
         # The loop below without its checks, which take longer than the products of small tensors.
         pairs = zip(map(torch.flatten, a), map(torch.flatten, b), strict=True)
         return functools.reduce(torch.add, itertools.starmap(torch.dot, pairs))
