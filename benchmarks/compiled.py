@@ -83,6 +83,7 @@ def measure(setting: Setting, rounds: int, result: BenchmarkResult) -> None:
     steps: dict[str, Callable[[], Any]] = {}
     about: dict[str, tuple[str, str, str]] = {}
     counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()  # the functions of another net would make this net's sizes symbolic
     for label, make in makers(setting).items():
         counters.clear()
         begun = time.perf_counter()
