@@ -64,7 +64,8 @@ def value_and_grad(
     With `torch.compile`, methods with one ascent in every step and without random numbers become one graph.
 
     Args:
-        loss_fn: pure function params -> scalar loss. It is differentiated by `torch.func`.
+        loss_fn: pure function params -> scalar loss. It is differentiated by `torch.func`, and called once for each
+            pass. Random numbers that it draws (dropout) differ between the passes, unlike in all other loops.
         params: name -> tensor.
         recipe: a name or a `Recipe`. Default "sam".
         rho: radius, or name -> radius. Default: that of the method (`recipe.default_rho`).
