@@ -131,6 +131,8 @@ def test_a_later_version_draws_the_table_and_says_what_trained_it(trained, out, 
     new = tmp_path / "new"
     words = ("study", file, "--out", new, "--no-report")
     assert "no run of the study" in refused(*words, "--no-train"), "runs of other code are not taken by themselves"
+    unlike = " ".join(refused(*words, "epochs=9", "--no-train", "--archive", archive).split())
+    assert re.search(r"In the most similar run, [\w-]+, epochs is \d there and 9 here\.$", unlike)
     said = invoke(*words, "--no-train", "--archive", archive)
     assert table(new) == before and not (new / "runs").exists()
     old = json.loads(next(out.glob("runs/*/env.json")).read_text())["code"]

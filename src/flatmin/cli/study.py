@@ -222,9 +222,10 @@ def perform(
         _describe(todo, workers, console)
         return
     if not train and not todo.finished:
+        near = todo.archive.nearest(todo.open) if todo.archive is not None else ""
         raise ValueError(
             f"no run of the study {spec.name} is finished in {archive or out}, so there is nothing to tabulate; leave "
-            "out --no-train."
+            f"out --no-train. {near}".rstrip()
         )
     table = _run(todo, workers, executor, settings or {}, console) if train else _finished(todo, console)
     files = _write(table, out / "studies", table_name)

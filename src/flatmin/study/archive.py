@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flatmin.study.store import Run
-from flatmin.train.config import RunConfig, identity
+from flatmin.train.config import RunConfig, differences, identity
 from flatmin.train.files import reason, write_text
 from flatmin.train.folder import INPUTS, TABLES, RunFolder
 from flatmin.train.settings import content_hash
@@ -177,6 +177,7 @@ class Archive:
     def __init__(self, path: Path) -> None:
         self.path, self.unrecorded = path, set[str]()
         self._by_config: dict[str, list[str]] = {}
+        self._settings: dict[str, dict[str, Any]] = {}
         if (path / SUMS).exists() or not any(path.glob("runs/*/config.json")):
             self._runs = read(path)
             self._folder = Path(tempfile.mkdtemp(prefix="flatmin-archive-"))
@@ -193,6 +194,7 @@ class Archive:
                 raise ValueError(
                     f"{path / 'runs' / name}.json has settings that this flatmin cannot read: {error}"
                 ) from error
+            self._settings[name] = identity(config)
             self._by_config.setdefault(_key(config), []).append(name)
 
     def __len__(self) -> int:
@@ -218,6 +220,19 @@ class Archive:
                 "them in separate archives, or remove all but one with `flatmin runs rm`."
             )
         return self._folder / found[0] if found else None
+
+    def nearest(self, runs: Sequence[Run]) -> str:
+        """A sentence on the settings in which the most similar run differs from these; "" if it differs in none."""
+        pairs = [
+            (name, found)
+            for name, settings in self._settings.items()
+            for run in runs
+            if (found := differences(settings, run.config))
+        ]
+        if not pairs:
+            return ""
+        name, found = min(pairs, key=lambda pair: len(pair[1]))
+        return f"In the most similar run, {name}, {', '.join(found.values())}."
 
     def _labels(self, name: str) -> Mapping[str, Any]:
         labels: Mapping[str, Any] = self._runs[name][_CONFIG]
