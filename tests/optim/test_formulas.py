@@ -180,7 +180,7 @@ def test_every_method_follows_its_formula(case):
             assert float((got - want).abs().max()) <= TOLERANCE, "value_and_grad"
 
 
-@pytest.mark.parametrize("name", ["sam", "asam", "vasso", "bisam-log", "gsam", "n-step"])
+@pytest.mark.parametrize("name", ["asam", "vasso", "bisam-log", "gsam", "every-k", "n-step"])
 def test_a_compiled_step_is_one_graph(name):
     """But for inner loops that ascend several times: torch.compile does not follow them."""
     torch._dynamo.reset()

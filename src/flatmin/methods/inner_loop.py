@@ -34,7 +34,7 @@ class InnerLoop(Part):
 
     Attributes:
         ascends: whether the weights are perturbed at all. Default True.
-        loops: whether it differs from one ascent and one descent gradient. True if `__call__` is defined.
+        loops: whether it differs from one ascent and one descent gradient. True if `__call__` or `plain` is defined.
         one_ascent: whether it is one ascent from w and one descent gradient at w + eps on the whole batch, so that
             manual loops with two passes can run it. Default False.
         two_batches: whether it ascends on one batch (micro-batch 0) and descends on another (micro-batch 1). A loop
@@ -50,7 +50,7 @@ class InnerLoop(Part):
 
     kind: ClassVar[str] = "inner_loop"
     question: ClassVar[str] = "how many ascents?"
-    declared_by: ClassVar = {"loops": "__call__"}
+    declared_by: ClassVar = {"loops": ("__call__", "plain")}
     loops: ClassVar[bool] = False
     one_ascent: ClassVar[bool] = False
     two_batches: ClassVar[bool] = False

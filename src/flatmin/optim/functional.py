@@ -61,7 +61,7 @@ def value_and_grad(
         >>> loss, grads["w"]
         (tensor(12.5000), tensor([3.6000, 4.8000]))
 
-    With `torch.compile`, methods with one ascent in every step and without random numbers become one graph.
+    With `torch.compile`, methods of at most two gradients that draw no random numbers become one graph.
 
     Args:
         loss_fn: pure function params -> scalar loss. It is differentiated by `torch.func`, and called once for each

@@ -269,6 +269,7 @@ def program(
         eps: added to every norm that divides.
     """
     direction, mask, schedule, combine = recipe.direction, recipe.mask, recipe.schedule, recipe.combine
+    inner_loop = recipe.inner_loop
     out = Outcome(update=[])
     if recipe.ascends and inputs.moved and mask.selects:
         selected = mask.select(EngineContext(inputs, range(len(inputs.weights))))
@@ -276,7 +277,7 @@ def program(
             inputs.moved = [i for i in inputs.moved if selected[i]]
     moved = EngineContext(inputs, inputs.moved)
     if not recipe.ascends or not (inputs.moved or combine.always):
-        out.update = yield from recipe.inner_loop.plain(moved)
+        out.update = (yield from inner_loop.plain(moved)) if inner_loop.loops else (yield GradientRequest("descent"))
         return out
 
     at_w: Gradients | None = None  # the gradients of pass 1, for combinations that use them
@@ -331,7 +332,7 @@ def program(
         if grads is not None:
             if combine.uses_gradient and at_w is None:
                 at_w = grads
-            if recipe.inner_loop.uses_gradient:
+            if inner_loop.uses_gradient:
                 shown = grads
             # Inner loops may send a list of their own.
             owned = isinstance(grads, PassGradients) and grads.owned and at_w is None and not shown
@@ -386,7 +387,10 @@ def program(
         if on and combine.uses_gradient:
             at_w = pass_1
     if not on:
-        grads = (yield from recipe.inner_loop.plain(moved)) if pass_1 is None else pass_1
+        if pass_1 is not None:
+            grads: Gradients = pass_1
+        else:
+            grads = (yield from inner_loop.plain(moved)) if inner_loop.loops else (yield GradientRequest("descent"))
         if not combine.off_step:
             out.update = grads
             return out
@@ -397,12 +401,12 @@ def program(
         return out
 
     points: list[Gradients]
-    if not (recipe.inner_loop.loops or combine.keeps_graph):
+    if not (inner_loop.loops or combine.keeps_graph):
         # As `ascend`, but torch.compile sends nothing into a generator inside a generator.
         first = asked()
         points = [(yield GradientRequest("descent", climbed(None if first is None else (yield first))))]
     else:
-        loop = recipe.inner_loop(ascend, read(recipe.inner_loop, inputs.moved), moved)
+        loop = inner_loop(ascend, read(inner_loop, inputs.moved), moved)
         try:
             request = next(loop)
             while True:
@@ -411,7 +415,7 @@ def program(
                 request = loop.send((yield request))
         except StopIteration as stop:
             points, new = stop.value
-            stage(recipe.inner_loop, inputs.moved, new)
+            stage(inner_loop, inputs.moved, new)
     last = points[-1]
     if direction.observes:
         index, seen = _gather(last, inputs.moved)
