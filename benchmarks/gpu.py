@@ -24,7 +24,10 @@ from benchmarks.results import environment
 
 HELP = "tests, benchmarks, a study and training runs on a machine with a GPU, into a folder"
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("tests", "counts", "kernels", "step", "step-bf16", "perturb", "train", "train-small", "train-compile")
+PARTS = (
+    *("tests", "counts", "kernels", "step", "step-bf16", "perturb"),
+    *("train", "train-small", "train-compile", "compiled"),
+)
 LIMIT, LIMITS = 180.0, {"train": 240.0, "train-small": 120.0, "train-compile": 240.0}
 FOLDERS = ("study", "train")
 LARGE = frozenset({"checkpoints", "weights.pt"})
@@ -81,6 +84,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
             *(*train, f"{0.95 * limits['train-compile']:g}", "--parts", "epoch", "--whole", "0", "--compile"),
             *("--arms", "compile", "graph", "original, 2"),
         ],
+        "compiled": [*bench, "compiled", "--device", "cuda", "--nets", "mlp20", "resnet18-w64"],
     }
     jobs_ = []
     for name in PARTS:
