@@ -1,4 +1,4 @@
-"""Exact counts of one step: modelled launches, synchronisations, extra memory. No clock; the limits are gates."""
+"""Exact counts of a step: modelled launches, synchronisations, extra memory, arithmetic. No clock; limits are gates."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import flatmin
 from benchmarks import peers
@@ -18,12 +19,20 @@ from benchmarks.nets import NETS
 from benchmarks.results import BenchmarkResult, Gate, Table
 from flatmin.methods import Recipe
 
-HELP = "launches, synchronisations and memory of a step, against exact limits"
+HELP = "launches, synchronisations, memory and arithmetic of a step, against exact limits"
 GATED_NETS = ("mlp200", "vit-d192", "resnet18-w8")
 METHOD_NET = "vit-d64"
 # Parameters with which a few steps show all that the method holds: a refresh, an ascent.
 SHOWING: dict[str, dict[str, Any]] = {"ssam-f": {"interval": 2}, "ssam-d": {"interval": 2}, "ae-sam": {"start": -1e3}}
 SLACK = 0.01
+# Methods that leave out a part of two passes -> the largest share of their floating-point operations. A pass is three
+# forwards: itself, the gradients of its inputs, and those of its weights.
+SHARES = {
+    "esam": 0.86,  # (1 + 1 + 0.6 of pass 1, 1 of the choice, 1.5 of its half) / 6, in the mean over the draws
+    "sam-on": 0.84,  # (2 + 3) / 6
+    "only": 0.68,  # (1 + 3) / 6
+}
+ARITHMETIC_NET, ARITHMETIC_BATCH, DRAWS = "resnet18-w8", 4, 20
 RATIO, ADDED, SMALL = 1.03, 16, 100
 # label -> (nonfinite, base, flat=, synchronisations allowed)
 MODES = {
@@ -153,6 +162,30 @@ def reads_nothing(net: str = METHOD_NET) -> bool:
     return True
 
 
+def operations(loop: Loop, steps: int) -> float:
+    """Floating-point operations of a step in matrix products and convolutions, in the mean over several."""
+    for _ in range(4):  # in its first three updates, flatmin looks for further parameters of the loss
+        loop.step()
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(steps):
+            loop.step()
+    return counter.get_total_flops() / steps
+
+
+def arithmetic() -> tuple[Table, list[Gate]]:
+    """Operations of SAM, and of the methods that leave out a part of its two passes, over those of two passes."""
+    setting = Setting(NETS[ARITHMETIC_NET], batch=ARITHMETIC_BATCH)
+    two = operations(floor(setting), 1)
+    table = Table(f"Arithmetic of a step, {ARITHMETIC_NET}", ("step", "operations / two passes"))
+    gates = []
+    for method, most in {"sam": 1.0, **SHARES}.items():
+        chooses = recipe_of(method).samples.selects
+        share = operations(ours(setting, method, chooses=chooses), DRAWS if chooses else 1) / two
+        table.rows.append((f"{method}, select_samples" if chooses else method, f"{share:.3f}"))
+        gates.append(Gate(f"{method}: operations / two passes", f"{share:.3f}", f"<= {most}", share <= most))
+    return table, gates
+
+
 def sam_gates(net: str, mode: str, step: Count, reference: Count) -> list[Gate]:
     """The limits for SAM's whole step on one network."""
     _, _, flat, allowed = MODES[mode]
@@ -220,6 +253,9 @@ def measure(nets: tuple[str, ...] = GATED_NETS, methods: bool = True) -> Benchma
                 continue
             table.rows.append(_row(label, count(lambda s=setting, b=build: other(s, b)), references["foreach"]))
         result.tables.append(table)
+    table, gates = arithmetic()
+    result.tables.append(table)
+    result.gates += gates
     ok = reads_nothing()
     result.gates.append(Gate("sam, propagate: runs where no value can be read", "yes" if ok else "no", "yes", ok))
     if methods:
@@ -234,6 +270,7 @@ def measure(nets: tuple[str, ...] = GATED_NETS, methods: bool = True) -> Benchma
         "The floor is twice zero_grad, forward and backward, and one step of the base (SGD with momentum).",
         "Launches are modelled (see launches.py). The model leaves out two launches inside every global norm, and one "
         "more per 128 tensors.",
+        "Operations are those of convolutions and matrix products, as torch.utils.flop_counter counts them.",
     ]
     return result
 

@@ -215,14 +215,12 @@ def sgdhess(s, curvature="hutchinson_abs", interval=1, draws=1):
 
 @formula("esam", {}, {"beta": 0.8, "gamma": 0.7}, {"gamma": 0.7, "chunks": 3})
 def esam(s, beta=0.6, gamma=0.5, loss=mean, on=True):
-    if not on:
+    s.moved = s.moved & spread(torch.rand(len(TABLE), generator=s.draw, dtype=torch.float64) < beta).bool()
+    if not (on and s.moved.any()):
         return s.grad(s.w)
-    lot = (torch.rand(len(s.shapes), generator=s.draw, dtype=torch.float64) < beta).double() / beta
-    mask = torch.cat([m.expand(math.prod(h)) for h, m in zip(s.shapes, lot, strict=True)])
-    at, u = s.w + s.eps(s.grad(s.w, loss=loss), mask=mask), 0.0
+    at, u = s.w + s.eps(s.grad(s.w, loss=loss), factor=1 / beta), 0.0
     for x, y in s.pieces:
         rise = each(logits(at, x), y) - each(logits(s.w, x), y)
-        # Where no tensor moves, all rises are 0 and which samples are taken is torch's choice.
         i = rise.sort(descending=True, stable=True).indices[: int(gamma * len(y))]
         u = u + gradient(lambda w, x=x[i], y=y[i]: mean(logits(w, x), y), at)
     return u / len(s.pieces)

@@ -2,10 +2,11 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
@@ -324,7 +325,7 @@ class Named(nn.Module):
         return self.module(self.head(self.body(x)))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def one_process():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
@@ -411,3 +412,91 @@ def test_a_compiled_model_trains_as_the_plain_one_without_compiling_again():
                 drive(optimizer, backward, ENTRY_POINTS[k % 4])
     assert counters["stats"]["unique_graphs"] == 2  # one that tracks, one that does not
     assert close(weights(plain), weights(net)) and close(buffers(plain), buffers(net))
+
+
+class Checkpointed(nn.Module):
+    """Its body is not in the graph of the loss: its backward makes another graph."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        net = self.net
+        return net.module(net.head(checkpoint(net.body, x.clone().requires_grad_(), use_reentrant=True)))
+
+
+def gradients_and_displacements(recipe, entry, options, plain=False, wrap=None):
+    """The weights after six updates; of each, which weights got a gradient in pass 1, and which moved for pass 2."""
+    torch.manual_seed(0)
+    net, wrap = Named(), wrap or (lambda net: net)
+    model, found, steps = wrap(net), set(), []
+    for name, p in net.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: found.add(name))
+    rest = [*net.head.parameters(), *net.module.parameters()]
+    groups = [{"params": net.body.parameters()}, {"params": rest, **options.pop("rest", {})}]
+    criterion = flatmin.Criterion(nn.MSELoss()) if "esam" in recipe else None
+    base = torch.optim.SGD(groups, lr=LR)
+    optimizer = flatmin.wrap(base, recipe, rho=RHO, model=net, criterion=criterion, **options)
+    w, seen = {}, []
+
+    def backward(chunk=0, k=0):
+        optimizer.zero_grad()
+        found.clear()
+        moved = {n for n, p in net.named_parameters() if not torch.equal(p, w[n])}
+        outputs = model(inputs(k)[chunk::2])
+        loss = outputs.square().mean() if criterion is None else criterion(outputs, torch.zeros_like(outputs))
+        (Tensor.backward if plain else optimizer.backward)(loss)
+        seen.append((moved, set(found)))
+        return loss
+
+    for k in range(6):
+        seen.clear()
+        w.update((n, p.detach().clone()) for n, p in net.named_parameters())
+        drive(optimizer, partial(backward, k=k), entry)
+        steps.append((seen[0][1], next((moved for moved, _ in seen if moved), set())))
+    return weights(net), steps
+
+
+SOME = [
+    ("only", {"only": "head.*"}),
+    ("only", {"only": "body.weight"}),
+    ("sam", {"rest": {"rho": 0.0}}),
+    ("asam+only", {"only": "*.bias"}),
+    ("micro-sam+only", {"only": "head.weight"}),
+    ("n-step+only", {"only": "head.*"}),
+    ("esam", {"beta": 0.5, "seed": 1}),
+]
+
+
+@pytest.mark.parametrize("entry", ["closure", "list of closures", "passes"])
+@pytest.mark.parametrize(("recipe", "options"), SOME)
+def test_pass_1_computes_the_gradients_of_the_weights_that_it_moves(recipe, options, entry):
+    """With optimizer.backward(loss); a closure's first three updates look at the whole graph."""
+    got, steps = gradients_and_displacements(recipe, entry, dict(options))
+    assert all(made == moved for made, moved in steps[3 if entry != "passes" else 0 :] if moved)
+    assert any(0 < len(moved) < 6 for _, moved in steps[3:])
+    same, _ = gradients_and_displacements(recipe, entry, dict(options), plain=True)
+    assert all(map(torch.equal, got, same))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "wrap"),
+    [
+        ("gsam+only", {}, None),
+        ("ae-sam+only", {}, None),
+        ("only", {"diagnostics": True}, None),
+        ("only", {}, Checkpointed),
+    ],
+)
+def test_pass_1_computes_all_gradients_where_something_needs_them(recipe, options, wrap):
+    got, steps = gradients_and_displacements(recipe, "passes", {"only": "body.*", **options}, wrap=wrap)
+    assert all(len(made) == 6 for made, _ in steps) and steps[0][1] == {"body.weight", "body.bias"}
+    same, _ = gradients_and_displacements(recipe, "passes", {"only": "body.*", **options}, wrap=wrap, plain=True)
+    assert all(map(torch.equal, got, same))
+
+
+def test_in_a_process_group_every_pass_computes_all_gradients(one_process):
+    wrap = nn.parallel.DistributedDataParallel
+    _, steps = gradients_and_displacements("only", "passes", {"only": "head.*"}, wrap=wrap)
+    assert all(len(made) == 6 and len(moved) == 2 for made, moved in steps)

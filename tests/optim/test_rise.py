@@ -408,12 +408,12 @@ class TestRefusals:
             closure()
         optimizer.step()
 
-    @pytest.mark.parametrize("method", ["sam", "esam"])
-    def test_between_the_first_loss_and_the_perturbation(self, method):
+    @pytest.mark.parametrize(("method", "params"), [("sam", {}), ("esam", {"beta": 1.0})])
+    def test_between_the_first_loss_and_the_perturbation(self, method, params):
         """The loop goes on with the masks, and the samples, of its first pass."""
 
         def run(asks):
-            session = Session(method)
+            session = Session(method, **params)
             optimizer, (x, y) = session.optimizer, batch(0)
             for _ in range(2):
                 optimizer.rise(closures(session, 1))

@@ -101,6 +101,7 @@ class GradientRequest:
         chunk: on which micro-batch, counted from 0. Default None: on the whole batch.
         graph: whether to keep the graph of the pass, so that `StepContext.curvature` is available afterwards. Default
             False.
+        weights: positions of the weights whose gradients are used. Default None: of all weights.
         share: weight of a descent gradient in the gradients of weights that another optimizer trains, since those are
             taken from the descent passes. Default 1. With 0 the pass is a probe, which diagnostics ignore as well.
     """
@@ -109,6 +110,7 @@ class GradientRequest:
     at: Perturbation | None = None
     chunk: int | None = None
     graph: bool = False
+    weights: Sequence[int] | None = None
     share: float = 1.0
 
     @property

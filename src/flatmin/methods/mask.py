@@ -20,7 +20,7 @@ class Mask(Part):
     Attributes:
         norm: "inside" (default): the mask is applied before the norm is computed, so that the masked perturbation has
             length rho. "full": it is applied afterwards.
-        selects: whether some tensors are never perturbed. True if `select` is defined.
+        selects: whether some tensors may stay where they are. True if `select` is defined.
         keeps_graph: whether pass 1 may have to keep its graph. True if `graph` is defined.
         weighs: whether it multiplies perturbed tensors by factors. True if `__call__` is defined.
     """
@@ -38,9 +38,11 @@ class Mask(Part):
     weighs: ClassVar[bool] = False
 
     def select(self, c: StepContext) -> Sequence[bool] | None:
-        """Which tensors may be perturbed, one boolean each (None: all). The others cost no memory and no time.
+        """Which tensors this step may perturb, one boolean each (None: all).
 
-        Also called when the optimizer is built. Raise ValueError if nothing is selected.
+        The others cost no memory. Their gradients at w are not computed if nothing else needs them and the loop calls
+        `SAM.backward`. Also called when the optimizer is built, then with random numbers of its own. Raise ValueError
+        if no step could perturb anything.
         """
         return None
 
@@ -75,7 +77,7 @@ def _chosen(names: Sequence[str], patterns: list[str]) -> list[bool]:
 class Named(Mask):
     """Perturbs only the tensors whose names match. Their perturbation has length rho.
 
-    The other tensors cost no memory and no time.
+    The other tensors cost no memory. With `SAM.backward` their gradients at w cost no time either.
 
     Args:
         only: shell patterns of parameter names, separated by commas, for example "head.*,*.bias". Names are those of
@@ -143,7 +145,7 @@ def _some(names: Sequence[str]) -> str:
 class Layers(Mask):
     """SAM-ON: perturbs only the tensors of certain types of layers. Their perturbation has length rho.
 
-    The other tensors cost no memory and no time.
+    The other tensors cost no memory. With `SAM.backward` their gradients at w cost no time either.
 
     Args:
         kinds: shell patterns of module class names, separated by commas. Default: all normalisation layers.
@@ -177,11 +179,13 @@ class Layers(Mask):
 
 @dataclass(frozen=True, kw_only=True)
 class StochasticWeightPerturbation(Mask):
-    """ESAM's SWP: perturbs each tensor with probability beta, scaled by 1/beta.
+    """ESAM's SWP: perturbs each tensor with probability beta, to a length of rho / beta in all.
 
-    The norm is that of all tensors, so that the mean of eps is SAM's (the paper's form). The official code takes the
-    norm of the perturbed tensors only, so that ||eps|| is rho / beta. Draws come from the engine's generator and are
-    the same on all replicas.
+        eps = rho m g / (beta ||m g||),   m = 1 with probability beta and 0 else, for each tensor
+
+    The norm is that of the perturbed tensors, as in the official code, so that pass 1 need not compute the gradients of
+    the others, see `SAM.backward`. In a step in which no tensor is drawn, no weight is perturbed. The draws come from
+    the engine's generator and are the same on all replicas.
 
     Args:
         beta: probability, in (0, 1]. Default 0.6 (the official `run.sh`). With 1 all tensors are perturbed.
@@ -205,7 +209,8 @@ class StochasticWeightPerturbation(Mask):
     def __post_init__(self) -> None:
         check_range(self, "beta", 0.0, 1.0, open_low=True)
 
+    def select(self, c: StepContext) -> Sequence[bool] | None:
+        return None if self.beta == 1.0 else [u < self.beta for u in c.draws(len(c.w))]
+
     def __call__(self, d: Tensors, state: State, c: StepContext) -> tuple[Tensors | list[float] | None, NewState]:
-        if self.beta == 1.0:
-            return None, {}
-        return [1.0 / self.beta if u < self.beta else 0.0 for u in c.draws(len(d))], {}
+        return None if self.beta == 1.0 else [1.0 / self.beta] * len(d), {}

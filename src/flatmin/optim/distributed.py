@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatmin.methods import Gradients, Recipe
-from flatmin.optim.support import Loop, processes, refusal
+from flatmin.optim.support import Loop, in_group, processes, refusal
 from flatmin.optim.tensors import is_sharded
 
 AscentSync = Literal["all", "none"] | int
@@ -20,7 +20,7 @@ AscentSync = Literal["all", "none"] | int
 
 def lent(gradient: Tensor) -> bool:
     """Whether a gradient is a view of a DistributedDataParallel bucket, which the next backward overwrites."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not in_group():
         return False
     return gradient._is_view() and not (gradient.is_sparse or is_sharded(gradient))
 

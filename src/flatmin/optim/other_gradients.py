@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -142,18 +142,26 @@ class OtherGradients:
 
 def reached(result: Any) -> list[Tensor]:
     """The parameters that a closure's result depends on, that is, to which its backward pass gives gradients."""
+    reached = (getattr(node, "variable", None) for node in _graph(result))
+    return [leaf for leaf in reached if isinstance(leaf, nn.Parameter)]  # not inputs that require gradients
+
+
+def hides_weights(result: Any) -> bool:
+    """Whether a part of the graph is made during the backward pass only, as by reentrant checkpointing."""
+    return any("checkpoint" in type(node).__name__.lower() for node in _graph(result))
+
+
+def _graph(result: Any) -> Iterator[Any]:
+    """The nodes of the graph of a closure's result."""
     waiting: list[Any] = [x.grad_fn for x in leaves(result) if isinstance(x, Tensor)]
     seen: set[Any] = set()
-    parameters: list[Tensor] = []
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):  # not an input that requires gradients
-            parameters.append(leaf)
+        yield node
         waiting += [following for following, _ in node.next_functions]
-    return parameters
 
 
 def additions(weights: Sequence[Tensor]) -> int:

@@ -318,7 +318,10 @@ def program(
         if at is None and direction.moves_start:
             inputs.start = direction.start(read(direction, inputs.moved), moved)
             at = Perturbation.of(inputs.moved, list(inputs.start), moved)
-        return GradientRequest("ascent", at, chunk, may_keep_graph and wants_graph())
+        some = 0 < len(inputs.moved) < len(inputs.weights) and not (combine.uses_gradient or inner_loop.uses_gradient)
+        return GradientRequest(
+            "ascent", at, chunk, may_keep_graph and wants_graph(), weights=inputs.moved if some else None
+        )
 
     def climbed(grads: Gradients | None) -> Perturbation | None:
         """The perturbation from this gradient, if one was asked for; None: no weight is perturbed."""

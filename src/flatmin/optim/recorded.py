@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
+
+from flatmin.optim.support import processes
 
 
 class RecordedLogits:
@@ -59,8 +61,7 @@ class RecordedLogits:
         for name, value in (("samples", samples), ("classes", classes), ("epochs", epochs)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}.")
-        several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        if several and not own_samples:
+        if processes() > 1 and not own_samples:
             raise ValueError(
                 "each process records only the samples that it sees; give every process the same samples in every "
                 "epoch and pass own_samples=True, or train with MESA, which records nothing."

@@ -34,7 +34,7 @@ from flatmin.optim.imitated import reach_through
 from flatmin.optim.model_guard import ModelGuard
 from flatmin.optim.other_gradients import OtherGradients
 from flatmin.optim.perturb import WeightSnapshot
-from flatmin.optim.program import EngineContext
+from flatmin.optim.program import EngineContext, Generators
 from flatmin.optim.random_state import RandomState, generators_of
 from flatmin.optim.rise import Ascents, Rise
 from flatmin.optim.state import STEP, MethodState, StateView
@@ -199,6 +199,7 @@ class SAM(Optimizer):
         self._refuse_second_order_base()
         self._look_at_groups()
         inputs = self._tools.weights.inputs(self._tools.state)
+        inputs.generator = Generators(seed)  # the check takes none of the method's random numbers
         recipe.mask.select(EngineContext(inputs, range(len(inputs.weights))))
         self.scaler = scaler
 
@@ -721,9 +722,15 @@ class SAM(Optimizer):
         return step
 
     def backward(self, loss: Tensor) -> None:
-        """Like `loss.backward()`, but keep the graph in passes of methods that need second derivatives.
+        """Like `loss.backward()`, but compute what the running pass needs.
 
-        Loops that call it instead of `loss.backward()` can run every method. It costs the same if no graph is needed.
+        - Methods that need second derivatives: it keeps the graph in the passes that need it. Loops that call this
+          instead of `loss.backward()` can run every method.
+        - Methods that perturb some weights only (`only`, `sam-on`, `esam`, groups with rho = 0): in passes of the
+          ascent it computes the gradients of these weights only. The update is the same, bit for bit. All gradients are
+          computed where something uses them: with a combination or schedule that does, `diagnostics=True`, in a process
+          group, in weights joined by `flat=True`, with reentrant checkpointing, and in the first three and every 100th
+          update of `step(closure)`.
 
         Args:
             loss: scalar loss with graph.
@@ -741,19 +748,19 @@ class SAM(Optimizer):
                 optimizer.zero_grad()
                 chosen = optimizer.select_samples(lambda: criterion(model(x), y))
                 loss = criterion(model(x[chosen]), y[chosen])
-                loss.backward()
+                optimizer.backward(loss)
                 return loss
 
         It acts only in the descent pass of a method that chooses samples (`esam`): it calls `compute` without
         gradients, and returns the positions of the chosen samples. In all other passes, and with all other methods, it
         returns a slice of the whole batch without calling `compute`. Works with `step(closure)` and `passes()`.
 
-        With `esam` and gamma = 1/2 a step then costs about 1.8 gradients in place of 2: one at w, a forward of the
-        whole batch at w + eps, and a gradient of its half. BatchNorm normalises the chosen samples by their own
-        statistics, and dropout masks differ from those at w, as in the official code; what is drawn after the loss of
-        the chosen samples is drawn as in the pass at w. Inside `torch.autocast`, its cache of weights is cleared. A
-        loop that does not call it runs the whole batch at w + eps, and the criterion applies the same choice to the
-        outputs.
+        With `esam` and gamma = 1/2 a step then costs about 1.7 gradients in place of 2: the gradient of the perturbed
+        weights at w, a forward of the whole batch at w + eps, and a gradient of its half. BatchNorm normalises the
+        chosen samples by their own statistics, and dropout masks differ from those at w, as in the official code; what
+        is drawn after the loss of the chosen samples is drawn as in the pass at w. Inside `torch.autocast`, its cache
+        of weights is cleared. A loop that does not call it runs the whole batch at w + eps, and the criterion applies
+        the same choice to the outputs.
 
         Args:
             compute: runs the network and the optimizer's criterion once, on the whole batch.

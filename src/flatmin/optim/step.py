@@ -19,9 +19,10 @@ from flatmin.optim.containers import detached, loss_in
 from flatmin.optim.diagnostics import warn_of_rounding
 from flatmin.optim.flat import FlatWeights
 from flatmin.optim.model_guard import Pass
-from flatmin.optim.other_gradients import additions
+from flatmin.optim.other_gradients import additions, hides_weights
 from flatmin.optim.program import Outcome, PassGradients, program
 from flatmin.optim.second_order import GraphProducts, PooledProducts, backward_with_graph
+from flatmin.optim.support import in_group
 from flatmin.optim.tools import Tools
 from flatmin.optim.watch import warn_of_other_passes
 
@@ -87,6 +88,8 @@ class Step:
         self.share = 1.0
         self._pass = _BEFORE
         self._sums = False  # whether the gradients of several closures are added up outside of them
+        self._whole = False  # whether the gradients of all weights are looked at in this pass
+        self._partial = False  # whether only those of some weights were computed in it
         self._adds = False  # whether this pass adds its gradients to the buffers of `FlatWeights`
         self._additions = 0  # to the gradients of a manual loop's first pass
         self._began = False  # whether that pass has made gradients
@@ -135,6 +138,7 @@ class Step:
             moved, chunk, first = request.at is not None, request.chunk, self.index == 0
             try:
                 self.enter(bracketed=True)
+                self._whole = first and (look or probe is not None)
                 with torch.enable_grad():
                     if first and probe is not None:
                         probe.put()
@@ -177,7 +181,7 @@ class Step:
             raise RuntimeError("this pass was entered before, or its update has ended; enter each pass once.")
         if tools.scaling is not None:
             self._refuse_unscaled(tools.scaling)
-        self.inside, self._last = True, None
+        self.inside, self._last, self._partial = True, None, False
         clears = bool(self.index) or not (self.plain and self.closed)
         self._adds = clears and bracketed and not self._sums and self._joined is not None and self._joined.adds
         if clears:
@@ -269,7 +273,7 @@ class Step:
         gradients = PassGradients(map(_GRAD, self.weights))
         if self._joined is not None and self._adds:
             gradients, self._adds = self._joined.made(gradients), False
-        empty = self.plain and (now.bracketed or not self._began)
+        empty = self._partial or (self.plain and (now.bracketed or not self._began))
         if not empty and set(map(type, gradients)) <= _NONE:
             raise RuntimeError(
                 f"no weight received a gradient in pass {self.index + 1}; "
@@ -375,12 +379,28 @@ class Step:
         """Add the gradients of a loss; keep its graph if the program has requested it."""
         tools, request = self.tools, self.request
         if not (self.inside and request is not None and request.graph):
-            loss.backward(create_graph=tools.base.differentiates)
+            loss.backward(create_graph=tools.base.differentiates, inputs=self._needed(loss))
             return
         weights = self.weights
         gradients = backward_with_graph(loss, weights, tools.others.in_training())
         calls = [] if tools.criterion is None else tools.criterion.take_seen()
         self._products.append((self.share, GraphProducts(weights, gradients, calls)))
+
+    def _needed(self, loss: Tensor) -> list[Tensor] | None:
+        """The weights whose gradients this pass needs, if it need not compute those of the others; None: all."""
+        request, tools = self.request, self.tools
+        if not self.inside or request is None or request.weights is None or self._whole or self._joined is not None:
+            return None
+        # Processes that train together expect a gradient of every weight.
+        if tools.diagnostics is not None or in_group():
+            return None
+        if tools.hides_weights is None or tools.counts.updates % 100 == 0:
+            tools.hides_weights = hides_weights(loss)
+        if tools.hides_weights:
+            return None
+        needed = [w for w in (self.weights[i] for i in request.weights) if w.requires_grad]
+        self._partial = bool(needed)
+        return needed or None
 
     def clear(self) -> bool:
         """Clear the gradients in a pass that adds them to buffers. Whether it is such a pass."""

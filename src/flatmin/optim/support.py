@@ -80,9 +80,14 @@ def refusal(recipe: Recipe, loop: Loop) -> str | None:
     return None
 
 
+def in_group() -> bool:
+    """Whether this process is in a process group, alone or not."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def processes() -> int:
     """The number of processes that train together."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return distributed.get_world_size() if in_group() else 1
 
 
 def check_criterion(recipe: Recipe, criterion: Criterion | None) -> None:
