@@ -32,7 +32,7 @@ NETS: dict[str, tuple[str, dict[str, int]]] = {
     "resnet20": ("resnet20", {}),
     "resnet18": ("resnet18", {}),
     "resnet18-w16": ("resnet18", {"width": 16}),
-    "resnet20-w4": ("resnet20", {"width": 4}),
+    "resnet8-w4": ("resnet8", {"width": 4}),
 }
 
 

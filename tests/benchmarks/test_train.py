@@ -12,7 +12,7 @@ from benchmarks import agreement, images, peak, train, training
 from benchmarks.__main__ import main
 from benchmarks.results import BenchmarkResult, Gate
 
-NET = "resnet20-w4"
+NET = "resnet8-w4"
 
 
 @pytest.fixture(autouse=True)
@@ -80,11 +80,13 @@ def test_a_step_that_stays_where_it_climbed_is_seen(monkeypatch):
     assert not all(gate.passed for gate in agreement.gates(NET, "cpu"))
 
 
-def test_every_setting_takes_the_plain_update(data):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_setting_takes_the_plain_update(data, compiled):
+    """Compiling takes minutes."""
     x = images.AUGMENT.apply(data.train.x[:16], images.CIFAR10, images.AUGMENT.draw(16, torch.Generator()))
     config = training.config_of(NET, "sam", 16, "cpu")
     reference = training.Plain(config, data, images.Bytes(data.train), workers=0)
-    for kind in train.kinds("cpu"):
+    for kind in [kind for kind in train.kinds("cpu") if ("compile" in kind.name) == compiled]:
         arm = kind.build(NET, "sam", 16, data)
         arm.run(2)
         difference, cosine = agreement.beside_plain(arm, reference, x, data.train.y[:16])

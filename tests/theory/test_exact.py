@@ -96,7 +96,7 @@ def test_constant_and_almost_constant_radii_almost_coincide(n):
     one, other = (
         run(problem, "sam", steps=steps, radius=r, updates=1500, driver="program") for r in (0.1, "power:c=0.1,p=0.001")
     )
-    assert float(np.abs(one.f - other.f).max()) < 5e-3
+    assert np.allclose(one.f, other.f, rtol=1e-2, atol=0.0)
 
 
 def test_a_constant_step_stalls_at_a_floor_that_follows_the_radius():
