@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from flatmin.methods import Gradients, accumulate
 from flatmin.optim.containers import leaves
@@ -147,8 +148,8 @@ def reached(result: Any) -> list[Tensor]:
 
 
 def hides_weights(result: Any) -> bool:
-    """Whether a part of the graph is made during the backward pass only, as by reentrant checkpointing."""
-    return any("checkpoint" in type(node).__name__.lower() for node in _graph(result))
+    """Whether a function written in Python may hide weights from the graph, as reentrant checkpoints do."""
+    return any(isinstance(node, BackwardCFunction) for node in _graph(result))
 
 
 def _graph(result: Any) -> Iterator[Any]:

@@ -394,9 +394,7 @@ class Step:
         # Processes that train together expect a gradient of every weight.
         if tools.diagnostics is not None or in_group():
             return None
-        if tools.hides_weights is None or tools.counts.updates % 100 == 0:
-            tools.hides_weights = hides_weights(loss)
-        if tools.hides_weights:
+        if hides_weights(loss):
             return None
         needed = [w for w in (self.weights[i] for i in request.weights) if w.requires_grad]
         self._partial = bool(needed)

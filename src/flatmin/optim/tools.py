@@ -54,7 +54,6 @@ class Tools:
         flags: the flags on an accelerator, once they are needed.
         on_device: whether to store flags on the device even if it is the CPU.
         counts: counts of updates so far.
-        hides_weights: whether the graph of a loss does not show all weights, see `hides_weights`; None: not known.
         warned_of_passes: whether the warning that the passes of a manual loop differ has been given.
     """
 
@@ -74,7 +73,6 @@ class Tools:
     flags: FoundInf | None = None
     on_device: bool = False
     counts: Counts = field(default_factory=Counts)
-    hides_weights: bool | None = None
     warned_of_passes: bool = False
 
     def flags_for(self, tensors: Sequence[Tensor]) -> FoundInf | None:
