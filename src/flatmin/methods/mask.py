@@ -184,8 +184,9 @@ class StochasticWeightPerturbation(Mask):
         eps = rho m g / (beta ||m g||),   m = 1 with probability beta and 0 else, for each tensor
 
     The norm is that of the perturbed tensors, as in the official code, so that pass 1 need not compute the gradients of
-    the others, see `SAM.backward`. In a step in which no tensor is drawn, no weight is perturbed. The draws come from
-    the engine's generator and are the same on all replicas.
+    the others, see `SAM.backward`. Directions with a memory (`vasso`, `fsam`) learn from the drawn tensors only. In a
+    step in which no tensor is drawn, no weight is perturbed. The draws come from the engine's generator and are the
+    same on all replicas.
 
     Args:
         beta: probability, in (0, 1]. Default 0.6 (the official `run.sh`). With 1 all tensors are perturbed.

@@ -728,10 +728,10 @@ class SAM(Optimizer):
           instead of `loss.backward()` can run every method.
         - Methods that perturb some weights only (`only`, `sam-on`, `esam`, groups with rho = 0): in passes of the
           ascent it computes the gradients of these weights only; those of the others are None. The update is the same,
-          bit for bit. All gradients are computed where something uses them: with a combination or schedule that does,
-          `diagnostics=True`, in a process group, in weights joined by `flat=True`, with autograd functions written in
-          Python, and in the first three and every 100th update of `step(closure)`. A loop that reads all gradients in
-          every pass calls `loss.backward()`.
+          bit for bit, but an inf in a gradient that is not computed is not found. All gradients are computed where
+          something uses them: with a combination or schedule that does, `diagnostics=True`, in a process group, in
+          weights joined by `flat=True`, with autograd functions written in Python, and in the first three and every
+          100th update of `step(closure)`. A loop that reads all gradients in every pass calls `loss.backward()`.
 
         Args:
             loss: scalar loss with graph.
