@@ -234,9 +234,9 @@ class AESAM(Schedule):
 
         mu <- delta mu + (1 - delta) ||g||^2,   sigma^2 <- delta sigma^2 + (1 - delta) (||g||^2 - mu)^2
 
-    Both are updated before the comparison. g is taken over the tensors that may be perturbed. c changes linearly from
-    `start` to `end` over `total` updates. The first update starts with its own ||g||^2 as mean and variance 0, so it
-    ascends. Each step reads ||g|| on the host: one synchronisation, and no CUDA graph of the whole step.
+    Both are updated before the comparison. g is taken over the tensors that some step may perturb. c changes linearly
+    from `start` to `end` over `total` updates. The first update starts with its own ||g||^2 as mean and variance 0, so
+    it ascends. Each step reads ||g|| on the host: one synchronisation, and no CUDA graph of the whole step.
 
     Args:
         delta: decay of mean and variance, in [0, 1). Default 0.9.

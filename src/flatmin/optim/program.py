@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from flatmin.methods import GradientRequest, Gradients, Part, Perturbation, Products, Recipe, State, Tensors
+from flatmin.methods import GradientRequest, Gradients, Need, Part, Perturbation, Products, Recipe, State, Tensors
 from flatmin.optim import tensors as ta
 
 
@@ -271,10 +271,13 @@ def program(
     direction, mask, schedule, combine = recipe.direction, recipe.mask, recipe.schedule, recipe.combine
     inner_loop = recipe.inner_loop
     out = Outcome(update=[])
+    scheduled = inputs.moved  # what the schedule looks at: a mask that draws must not decide for it
     if recipe.ascends and inputs.moved and mask.selects:
         selected = mask.select(EngineContext(inputs, range(len(inputs.weights))))
         if selected is not None:
             inputs.moved = [i for i in inputs.moved if selected[i]]
+        if Need.RANDOM not in mask.needs:
+            scheduled = inputs.moved
     moved = EngineContext(inputs, inputs.moved)
     if not recipe.ascends or not (inputs.moved or combine.always):
         out.update = (yield from inner_loop.plain(moved)) if inner_loop.loops else (yield GradientRequest("descent"))
@@ -380,10 +383,10 @@ def program(
 
     on: bool | None = bool(inputs.moved)
     if on and schedule.conditional:
-        on = schedule.before(read(schedule, inputs.moved), moved)
+        on = schedule.before(read(schedule, scheduled), EngineContext(inputs, scheduled))
     if on is None:
         pass_1 = yield GradientRequest("ascent", graph=may_keep_graph and wants_graph())
-        index, g = _gather(pass_1, inputs.moved)
+        index, g = _gather(pass_1, scheduled)
         on, new = schedule.after(g, read(schedule, index), EngineContext(inputs, index)) if index else (False, {})
         stage(schedule, index, new)
         del g
