@@ -426,6 +426,29 @@ class Checkpointed(nn.Module):
         return net.module(net.head(checkpoint(net.body, x.clone().requires_grad_(), use_reentrant=True)))
 
 
+class Hidden(torch.autograd.Function):
+    """Runs a module again in its backward, as reversible blocks do: its weights are not in the graph of the loss."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return module(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.module(x), g)
+        return x.grad, None
+
+
+class Reversible(Checkpointed):
+    def forward(self, x):
+        net = self.net
+        return net.module(net.head(Hidden.apply(x.clone().requires_grad_(), net.body)))
+
+
 def gradients_and_displacements(recipe, entry, options, plain=False, wrap=None):
     """The weights after six updates; of each, which weights got a gradient in pass 1, and which moved for pass 2."""
     torch.manual_seed(0)
@@ -487,6 +510,7 @@ def test_pass_1_computes_the_gradients_of_the_weights_that_it_moves(recipe, opti
         ("ae-sam+only", {}, None),
         ("only", {"diagnostics": True}, None),
         ("only", {}, Checkpointed),
+        ("only", {}, Reversible),
     ],
 )
 def test_pass_1_computes_all_gradients_where_something_needs_them(recipe, options, wrap):
