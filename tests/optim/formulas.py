@@ -406,12 +406,12 @@ formula("warm-up", {"steps": 5})(lambda s, steps: sam(s, on=s.k >= steps))
 
 
 @formula("ae-sam", {}, {"delta": 0.8, "start": 0.5, "end": -2.0, "total": STEPS})
-def ae_sam(s, delta=0.9, start=1.0, end=-1.0, total=0):
+def ae_sam(s, delta=0.9, start=1.0, end=-1.0, total=0, step=sam):
     q = float(s.grad(s.w)[s.moved].norm() ** 2)
     mu = s.memory["mu"] = delta * s.memory.get("mu", q) + (1 - delta) * q
     var = s.memory["var"] = delta * s.memory.get("var", 0.0) + (1 - delta) * (q - mu) ** 2
     c = start + (end - start) * s.k / total if total else start
-    return sam(s, on=s.k == 0 or q >= mu + c * math.sqrt(var))
+    return step(s, on=s.k == 0 or q >= mu + c * math.sqrt(var))
 
 
 formula("rho-power", {}, {"p": 0.4})(lambda s, p=0.001: sam(s, factor=(s.k + 1) ** -p))
@@ -527,6 +527,7 @@ formula("gsam+rho-lr")(lambda s: gsam(s, factor=with_lr(s)))
 formula("wsam+vasso+asam")(lambda s: wsam(s, direction=ema, geometry=adaptive))
 formula("bernoulli+rsam")(lambda s: rsam(s, on=s.coin()))
 formula("every-k+esam", {"k": 3, "phase": 2})(lambda s, k, phase: esam(s, on=s.k % k == phase))
+formula("ae-sam+esam")(lambda s: ae_sam(s, step=esam))  # the draw has no say in the decision
 formula("bisam-log+esam")(lambda s: esam(s, loss=bisam_log()))
 formula("micro-sam+asam+bernoulli", {"chunks": 4})(lambda s: micro_sam(s, geometry=adaptive, on=s.coin()))
 formula("warm-up+ssam-f", {"steps": 5})(lambda s, steps: ssam_f(s, on=s.k >= steps))  # no refresh is due at step 5

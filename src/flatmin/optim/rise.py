@@ -201,7 +201,7 @@ class Ascents:
         if not ways:
             raise ValueError(
                 f"{self._recipe.name} did not perturb any weight: it has no memory of the training yet, or its mask "
-                "selects no weight. Take some steps first."
+                "selects no weight in the next step (esam draws them). Take a step first."
             )
         return ways
 
