@@ -191,6 +191,20 @@ def test_a_compiled_step_is_one_graph(name):
         assert float((got - want).abs().max()) <= TOLERANCE
 
 
+def test_a_compiled_step_of_several_dtypes_is_one_graph():
+    torch._dynamo.reset()
+    params = {"a": torch.ones(2), "b": torch.full((3,), 2.0, dtype=torch.float64)}
+
+    def loss(p):
+        return p["a"].double().square().sum() + p["b"].pow(3).sum()
+
+    def once(p):
+        return flatmin.value_and_grad(loss, p, rho=0.1)[1]
+
+    want, got = once(params), torch.compile(once, backend="eager", fullgraph=True)(params)
+    assert all(map(torch.equal, got.values(), want.values())) and got["b"].dtype == torch.float64
+
+
 def test_the_formulas_differ():
     """Agreement means something only if the cases have trajectories of their own; equal are names for one thing."""
     one = {"fsam, ema=previous": "fsam", "micro-sam, 1 closures": "sam"}

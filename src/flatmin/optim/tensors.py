@@ -144,7 +144,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
         low = group[0].dtype in LOW
         parts.extend(torch._foreach_norm(group, 2.0, dtype=torch.float32) if low else torch._foreach_norm(group, 2.0))
     if len(groups) > 1:
-        wide = max((p.dtype for p in parts), key=lambda d: d.itemsize)
+        wide = torch.float64 if any([p.dtype == torch.float64 for p in parts]) else torch.float32
         parts = [p.to(device=tensors[0].device, dtype=wide) for p in map(full_scalar, parts)]
     total = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
     return total if type(total) is Tensor else full_scalar(total)
